@@ -107,11 +107,11 @@ class ClaimTests:
 
 def _as_text(claim: Claim, settled: SettledClaim, facts: Mapping[str, str]) -> list[str]:
     lines = [f"    {heading}: {words}" for heading, words in facts.items()]
-    return [f"{claim.id}  {claim.text}  {settled.verdict.upper()}", *lines]
+    return [f"{claim.text}  {settled.verdict.upper()}", *lines]
 
 
 def _as_html(claim: Claim, settled: SettledClaim, facts: Mapping[str, str]) -> str:
-    html = f"<p><b>{claim.id}. {escape(claim.text)}</b> <b>[{settled.verdict}]</b>"
+    html = f"<p><b>{escape(claim.text)}</b> <b>[{settled.verdict}]</b>"
     for heading, words in facts.items():
         html += f"<br><i>{escape(heading)}</i>: {escape(words)}"
     return f"{html}</p>"

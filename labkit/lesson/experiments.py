@@ -21,7 +21,6 @@ from labkit.lesson.records import Column, RecordedTable
 from labkit.timing import machine
 
 VERSION = "labkit.experiment/1"
-SHOWN_ROWS = 20  # of the samples, on a page
 
 
 class Experiment(BaseModel):
@@ -110,19 +109,15 @@ def read(name: str) -> Experiment:
 
 
 def shown(name: str) -> Experiment:
-    """Return a recorded experiment; show the question, the origin of the record, and a folded table of samples.
+    """Return a recorded experiment; show the question, the origin of the record, and the file of the samples.
 
-    The table has the first SHOWN_ROWS samples, and names the file of all.
     Raises InputError and DataError as `read` does.
     """
     experiment = read(name)
-    heading, origin = f"Recorded: {experiment.question}", experiment.origin
-    samples = show.html_table(experiment.rows[:SHOWN_ROWS])
-    left_out = len(experiment.rows) - SHOWN_ROWS
-    if left_out > 0:
-        samples += f"<p>{left_out} rows more: data/recorded/experiments/{escape(name)}.json</p>"
-    fold = f"<details><summary>{escape(origin)}</summary>{samples}</details>"
-    show.emit(f"{heading}\n{origin}", f"<p><b>{escape(heading)}</b></p>{fold}")
+    heading = f"Recorded: {experiment.question}"
+    origin = f"{experiment.origin}; samples: data/recorded/experiments/{name}.json"
+    html = f"<p><b>{escape(heading)}</b><br>{escape(origin)}</p>"
+    show.emit(f"{heading}\n{origin}", html)
     return experiment
 
 

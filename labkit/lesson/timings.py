@@ -8,8 +8,6 @@ from html import escape
 from labkit import show
 from labkit.timing.bench import Comparison, Measurement
 
-LAST = "the last of them, 95 % interval"  # column of the process whose page is shown
-
 
 @dataclass(frozen=True)
 class TimingRow:
@@ -37,7 +35,7 @@ class Timings:
         cells = {
             "name": name,
             "time": show.quantity(timing.median_s, "s"),
-            **_intervals(timing.process_median_s, timing.within_run_s, timing.ci95_s, timing.processes, "s"),
+            **_interval(timing.within_run_s, timing.ci95_s, len(timing.processes), "s"),
         }
         brief = _brief(name, timing.median_s, timing.ci95_s, len(timing.processes), "s")
         self.add(TimingRow(str(timing), cells, brief, _roof_shares(timing), "; ".join(timing.warnings)))
@@ -50,7 +48,7 @@ class Timings:
             "baseline": _side("baseline", baseline),
             "candidate": _side("candidate", candidate),
             "ratio": show.quantity(comparison.speedup, "x", show.further_digits(comparison.ci95, "x")),
-            **_intervals(comparison.process_speedup, comparison.within_run, comparison.ci95, comparison.processes, "x"),
+            **_interval(comparison.within_run, comparison.ci95, len(comparison.processes), "x"),
             "verdict": comparison.verdict,
         }
         line = str(comparison) if self._collected is None else f"{name}: {comparison}"
@@ -86,13 +84,14 @@ class Timings:
 def _show_folded(title: str, rows: Sequence[TimingRow]) -> None:
     has_roofs = any(row.roof_shares for row in rows)
     has_warnings = any(row.warnings for row in rows)
+    warnings = "warnings of the last process" if any(row.brief for row in rows) else "warnings"
     table = []
     for row in rows:
         cells = dict(row.cells)
         if has_roofs:
             cells["of the roof"] = row.roof_shares
         if has_warnings:
-            cells["warnings"] = row.warnings
+            cells[warnings] = row.warnings
         table.append(cells)
     text = "\n  ".join([title, *(row.line for row in rows)])
     show.emit(text, f"<details><summary>{escape(title)}</summary>{show.html_table(table)}</details>")
@@ -118,13 +117,7 @@ def _roof_shares(*sides: Measurement) -> str:
     return " and ".join(f"{100 * share:.3g} %" for share in shares)
 
 
-def _intervals(
-    here: float, within_run: tuple[float, float], ci95: tuple[float, float], processes: Sequence[float], unit: str
-) -> dict[str, str]:
-    """Return the cells of a timing's intervals by column: within this run, or over processes and of the last one."""
-    ends = show.interval(within_run, unit)
-    if not processes:
-        return {show.covers(0): ends}
-    value = show.quantity(here, unit, show.further_digits(within_run, unit))
-    over_processes = show.interval(ci95, unit)
-    return {show.covers(len(processes)): over_processes, LAST: f"{value} ({ends})"}
+def _interval(within_run: tuple[float, float], ci95: tuple[float, float], processes: int, unit: str) -> dict[str, str]:
+    """Return the cell of a timing's interval by column: over processes, or within this run for a single process."""
+    ends = ci95 if processes else within_run
+    return {show.covers(processes): show.interval(ends, unit)}

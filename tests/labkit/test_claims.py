@@ -252,11 +252,11 @@ def test_claims_are_shown_with_their_reasons_and_the_recorded_run_that_settles(l
     lab.claims("3.1", "3.3")
     assert capsys.readouterr().out.splitlines() == [
         "2 widespread claims, tested",
-        "3.1  Pruned channels make it faster.  CONFIRMED",
+        "Pruned channels make it faster.  CONFIRMED",
         "    speed-up: expected 1.5 to 2 x; here 1.70x (1.60x to 1.80x)",
         "    Why people say it: It was so on one machine.",
         "    When they are right: the layer waits for memory",
-        "3.3  Pruned channels make it faster.  NOT SETTLED HERE",
+        "Pruned channels make it faster.  NOT SETTLED HERE",
         "    speed-up: expected 1.5 to 2 x; here 1.70x",
         "    Why it is not settled: it takes at least 600 steps, 5 seeds",
         "    Recorded: 1.20x, contradicted, at full on new, 2026-11-27",

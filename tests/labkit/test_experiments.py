@@ -37,20 +37,8 @@ def test_a_page_shows_an_experiment_by_name_with_machine_date_and_commit(lab, ca
     assert experiment.rows == ROWS and experiment.settings == {"steps": 600}
     assert out.startswith("Recorded: does longer training help?\nbenchmarks/longer_training.py, 13 min on ")
     assert lab.machine.label in out
-    assert re.search(r", \d{1,2} [A-Z][a-z]{2} 20\d\d, commit [0-9a-f]{9}( with changes)?$", out.strip())
-
-
-def test_of_many_samples_a_page_shows_the_first_and_names_the_file_of_all(lab, monkeypatch):
-    monkeypatch.setattr(experiments, "SHOWN_ROWS", 2)
-    shown = []
-    monkeypatch.setattr(experiments.show, "emit", lambda text, html: shown.append(html))
-    save("few")
-    lab.recorded("few")
-    save("many", [*ROWS, {"seed": 2, "accuracy": 0.85}, {"seed": 3, "accuracy": 0.87}])
-    assert len(lab.recorded("many").rows) == 4
-    few, many = shown
-    assert "more:" not in few and "0.85" not in many
-    assert "<p>2 rows more: data/recorded/experiments/many.json</p>" in many
+    assert re.search(r", \d{1,2} [A-Z][a-z]{2} 20\d\d, commit [0-9a-f]{9}( with changes)?;", out)
+    assert out.endswith("; samples: data/recorded/experiments/longer_training.json\n")
 
 
 def test_an_unknown_name_is_refused_with_the_names_that_there_are(lab):
