@@ -150,9 +150,10 @@ ALLOWED = {  # what each lesson says of a plan
 @pytest.mark.parametrize(
     ("lesson", "plan", "why"),
     [
-        (patterns, {"conv9": (2, 4)}, "no attribute `conv9`"),
-        (patterns, {"fc": (3, 2)}, "The pattern 3:2 is none"),
-        (patterns, {"fc": (2, 5)}, "Provided sizes [-1, 5]"),
+        (patterns, {"conv9": (2, 4)}, "conv9 is not one of the layers in the table."),
+        (patterns, {"fc": (3, 2)}, "fc: 1 <= n <= m <= 16, m divides its 64 inputs."),
+        (patterns, {"fc": (2, 5)}, "fc: 1 <= n <= m <= 16, m divides its 64 inputs."),
+        (patterns, {"fc": (4, 32)}, "fc: 1 <= n <= m <= 16, m divides its 64 inputs."),
         (patterns, {"fc": 0.5}, "cannot unpack"),
         (shares, {"conv9": (2, None, 1.0)}, "no attribute `conv9`"),
         (shares, {"fc": (1, None, 1.0)}, "bits is 1, but it must be a whole number from 2 to 8."),
