@@ -35,13 +35,17 @@ def test_a_drawn_picture_carries_its_description(tmp_path):
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_all_steps_stand_beside_the_fastest_eager_way_of_each_record(run):
-    """Whether or not the record's eager network had its norms folded, which the sentence says."""
+def test_all_steps_stand_beside_the_fastest_eager_way_of_each_process(run):
+    """Also a record's whose eager network had norms, which the sentence says."""
     headline = headlines.all_steps_together(run)
-    eager = {entry.name: entry.value for entry in run.measurements if FASTEST.fullmatch(entry.name)}
-    fastest = max(eager, key=eager.get)
-    assert fastest.startswith("channels last, 2 threads")
-    all_steps = run.named(f"all steps, {fastest.removeprefix('channels last, 2 threads, ')}")
-    assert headline.bars[-1].value == pytest.approx(all_steps.value / eager[fastest], rel=0.05)
-    assert ("eager PyTorch with folded norms" in headline.text) == ("folded" in fastest)
-    assert ("would make eager" in headline.text) == ("folded" not in fastest)
+    eager = [entry.name for entry in run.measurements if FASTEST.fullmatch(entry.name)]
+    race = "best folded eager, ResNet-20" if "folded" in eager[0] else "best eager, ResNet-20"
+    together = run.over_processes(f"all steps, {race}")
+    for process, all_steps in enumerate(together):
+        ways = [run.over_processes(name)[process] for name in eager]
+        beside_fastest = min(all_steps / way for way in [1.0, *ways])
+        assert headline.bars[-1].low <= beside_fastest * (1 + 1e-9)
+        assert headline.bars[-1].high >= beside_fastest * (1 - 1e-9)
+    assert headline.bars[-1].high <= max(together)
+    assert ("eager PyTorch with folded norms" in headline.text) == ("folded" in race)
+    assert ("would make eager" in headline.text) == ("folded" not in race)
