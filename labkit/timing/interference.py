@@ -180,7 +180,7 @@ def warnings(
         remedy = "times are CPU time" if by_cpu else "the times may be off"
         threads = torch.get_num_threads()
         if clock.device.type == "cpu" and threads > 1:
-            remedy = f"{threads} threads wait for the busy cores, often many times too long; measure on one thread"
+            remedy = f"{threads} threads wait for the busy cores, and a time may be several times too long; use one"
         messages.append(f"other programs kept {load:.1f} cores busy: {remedy}")
     slowed = throttling(snapshots)
     if slowed is not None:
