@@ -168,10 +168,8 @@ def test_what_a_lesson_lacks_is_said_with_the_command_that_brings_it(tmp_path: P
     }
     monkeypatch.setattr(fetch, "assets", lambda: away)
     assert doctor.lesson(notebooks.find("05")) == (
-        "lacks handbook/calibration.txt.gz (missing), handbook/test.txt.gz (missing), minilm (missing), "
-        "smollm2 (missing)",
-        "run git checkout -- data/handbook/calibration.txt.gz data/handbook/test.txt.gz and "
-        "./lab data fetch minilm smollm2",
+        "lacks handbook/calibration.txt.gz (missing), handbook/test.txt.gz (missing), smollm2 (missing)",
+        "run git checkout -- data/handbook/calibration.txt.gz data/handbook/test.txt.gz and ./lab data fetch smollm2",
     )
     seen, to_do = doctor.lesson(notebooks.find("02"))
     assert (seen, to_do) == ("lacks minilm (missing)", "run ./lab data fetch minilm")

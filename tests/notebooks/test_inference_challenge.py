@@ -116,19 +116,24 @@ def test_a_share_is_the_bound_by_the_ceilings_over_the_time():
 
 
 @pytest.mark.parametrize("processes", [(1.0,) * 5, ()], ids=["a recording", "a run"])
-def test_the_speed_stands_beside_its_bound(processes: tuple[float, ...]):
+@pytest.mark.parametrize(("slowest", "our_sum"), [(21.0, 22e9), (12.0, 15e9)])
+def test_the_speed_stands_beside_its_bound(processes: tuple[float, ...], slowest: float, our_sum: float):
     page = Page()
     page.beside = lambda _: None
     timing = SimpleNamespace(processes=processes, within_run_s=(0.04, 0.05), process_median_s=0.0435)
-    names = {"bandwidth": 24.0, "bandwidth_ends": (20.0, 24.0)}
-    names |= {"step_time": timing, "step": SimpleNamespace(bytes=544e6), "attempts": {"our sum": 24e9}}
+    names = {"bandwidth": 24.0, "bandwidth_ends": (slowest, 24.0)}
+    roofs = SimpleNamespace(streams={"read": 23e9})
+    names |= {"step_time": timing, "step": SimpleNamespace(bytes=544e6), "rates_by_hand": {"our sum": our_sum}}
+    names |= {"first": roofs, "second": roofs}
     names["over_processes"] = lambda _, value, *__: (value, None)
     names["told"] = lambda value, _, form=".1f", unit=" %": f"{value:{form}}{unit}"
     executed("01", "answer-ceiling", lab=page, **names)
-    evidence = "; each of five processes reached 20.0 or more" if processes else ""
-    assert page.said.startswith("The highest rates of this process, in GB/s: our sum 24.0. With ")
-    assert f"the ceiling is 24.0 GB/s{evidence}. Over the 0.544 GB" in page.said
-    assert "it allows 44 tokens per second. With cold caches SmolLM2 writes 23.0 tokens per second" in page.said
+    evidence = f"; the slowest of five processes reached {slowest:.1f}" if processes else ""
+    assert page.said.startswith("In this process labkit read at 23.0 GB/s before the steps and at 23.0 after them.")
+    assert f"the ceiling is 24.0 GB/s{evidence}." in page.said
+    assert ("not equally fast at all times" in page.said) == (bool(processes) and slowest < 20)
+    assert ("our sum reads more slowly" in page.said) == (our_sum < 16e9)
+    assert "the ceiling allows 44 tokens per second. With cold caches SmolLM2 writes 23.0 tokens" in page.said
     assert page.said.endswith("52.1 % of that.")
 
 
@@ -179,9 +184,9 @@ def test_a_plan_that_breaks_a_single_sequence_does_not_count():
         return SimpleNamespace(logits=functional.one_hot(tokens, 2))
 
     names = {"language_model": lambda p: logits(alone[p[0, :1]])}
-    keeps_tokens = function("01", "keeps_tokens", **names)
-    assert keeps_tokens(lambda _: logits(alone), prompts)
-    assert not keeps_tokens(lambda _: logits(broken), prompts)
+    tokens_kept = function("01", "tokens_kept", **names)
+    assert tokens_kept(lambda _: logits(alone), prompts) == 100
+    assert tokens_kept(lambda _: logits(broken), prompts) < 90
 
 
 # --- the answer ------------------------------------------------------------------------------------------------------

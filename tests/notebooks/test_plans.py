@@ -85,14 +85,25 @@ def patterns(plan: Any, resnet: nn.Module) -> dict[str, Any]:
 
 def shares(plan: Any, resnet: nn.Module) -> dict[str, Any]:
     """Lesson 06: a plan of bits, groups and shares; how much its network loses is made up."""
-    made = executed("06", "on-grid", "exercise-2", "challenge-apply", resnet=resnet, nn=nn, copy=copy, affine=affine)
+    made = executed(
+        "06",
+        "on-grid",
+        "exercise-2",
+        "challenge-apply",
+        resnet=resnet,
+        nn=nn,
+        copy=copy,
+        affine=affine,
+        names=layers(resnet),
+    )
     weights = {name: resnet.get_submodule(name).weight.flatten(1) for name in layers(resnet)}
 
-    def lost(plan: Any, _: str) -> tuple[float, float, float]:
+    def points_lost(plan: Any, _: str) -> tuple[float, float, float]:
         made["quantized_by"](plan)
         return 1.0, 0.5, 1.5
 
-    made |= {"bits_of": function("06", "bits_of", matrices=weights, stored_bits=made["stored_bits"]), "lost": lost}
+    made |= {"bits_of": function("06", "bits_of", matrices=weights, stored_bits=made["stored_bits"])}
+    made |= {"points_lost": points_lost}
     made |= {"place": function("06", "place", **made), "references": []}
     return executed("06", "challenge-show", **made | {"lab": Page(), "plan": plan})
 
